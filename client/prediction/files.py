@@ -215,7 +215,10 @@ def open_files(path: Path) -> list[LooseFiles]:
     whole = open_tree(path, "files")
     tree = whole.chosen(lambda name: find_kind(name.name, None if whole.archive else path / name) is not None)
     if not tree.stamps:
-        raise BadInput(f"{path}: expected files that a model can read ({list_suffixes()}), found none")
+        raise BadInput(
+            f"{path}: expected files that a model can read ({list_suffixes()}), found none; of other records give the "
+            ".yaml with their source's settings, or a table that lists them"
+        )
     found = _divide(
         list(tree.stamps),
         lambda name: tree.read(name, "file"),

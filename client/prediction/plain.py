@@ -202,7 +202,7 @@ def _find_column(path: Path, known: Sequence[str], usual: Sequence[str], what: s
     if found is None:
         raise BadInput(
             f"{path}: expected a column of {what} called {', '.join(usual)}, or one named with --column; its columns "
-            "are in the file's first line"
+            "are in the file's first line; of `steps` or `slides` give the .yaml with their settings"
         )
     return [found]
 
@@ -216,7 +216,10 @@ def _read_any(path: Path, *, as_volume: bool = False) -> Any:
     if kind is None and path.suffix.lower() in _SERIES:
         return read_series(read_file(path, "file"), path.suffix.lower(), "keep")
     if kind is None:
-        raise BadRecord(f"expected a file that ends in {', '.join(_SERIES)}, {list_suffixes()}, got another")
+        raise BadRecord(
+            f"expected a file that ends in {', '.join(_SERIES)}, {list_suffixes()}, got another; of records that a "
+            "source reads by its settings (`waveforms`, `slides`) give the .yaml that holds them"
+        )
     return kind.read(b"" if kind.by_path else read_file(path, "file"), path)
 
 

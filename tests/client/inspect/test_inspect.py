@@ -213,6 +213,24 @@ def test_a_list_of_folders_names_a_series_in_each(tmp_path: Path, names: str) ->
     assert isinstance(record, Several) and (len(record.items), record.passed_over) == (2, 1)
 
 
+def test_a_list_of_folders_of_tiles_becomes_bags(tmp_path: Path) -> None:
+    lines = ["slide,hospital,grade"]
+    for number in range(12):
+        slide = tmp_path / f"slide{number:02}"
+        slide.mkdir()
+        for tile in range(2):
+            Image.new("RGB", (8, 8)).save(slide / f"{tile}.png")
+        lines.append(f"{slide.name},{'xyz'[number % 3]},{'ab'[number % 2]}")
+    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8")
+    run(tmp_path, "--out", tmp_path / "a.yaml", "--task", "grade")
+    config = check(tmp_path / "a.yaml")
+    settings = config.sources["records"].settings()
+    assert (settings["kind"], settings["file"]) == ("slides", "slide")
+    draft = yaml.safe_load((tmp_path / "a.yaml").read_text(encoding="utf-8"))["run"]
+    assert (draft["backbone"]["kind"], draft["backbone"]["encoder"]["kind"]) == ("bag", "torchvision")
+    assert draft["tasks"]["grade"]["head"] == {"pooling": "attention"}
+
+
 def test_folders_without_a_dicom_file_are_no_scans(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / f"scan{number}").mkdir()

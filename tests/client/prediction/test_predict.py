@@ -238,7 +238,9 @@ def test_a_table_lists_files_beside_it_and_no_others(make_model: MakeModel, tmp_
     with pytest.warns(UserWarning, match="1 record"):
         found = loaded.predict(table)
     assert found["file"].tolist() == ["scan001.png", "scan000.png"] and found["row"].tolist() == [1, 3]
-    assert found.attrs["rejected"][0]["reason"] == "file path is empty or leaves the folder"
+    assert (
+        found.attrs["rejected"][0]["reason"] == "file path is empty or leaves the folder (`root`, or the table's own)"
+    )
 
 
 def test_recordings_are_read_from_a_folder_and_from_a_zip(make_model: MakeModel, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class Listing:
             # A null character, a loop of links, a name longer than the file system takes.
             raise BadRecord(f"{self.reader.what} path cannot be used") from None
         if not name or not path.is_relative_to(self.root):
-            raise BadRecord(f"{self.reader.what} path is empty or leaves the folder")
+            raise BadRecord(f"{self.reader.what} path is empty or leaves the folder (`root`, or the table's own)")
         return path
 
     def _find(self, name: str) -> Path:
