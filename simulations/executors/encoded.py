@@ -275,9 +275,8 @@ def _refuse_differences(
     different = [
         Rejected(node, f"{name}: expected what was computed for this site, got another {key}")
         for node, released in got.items()
-        for name, own in released.items()
-        for key, values in own.items()
-        if values.tobytes() != expected[node][name][key].tobytes()
+        for name, key in sorted({*_list_arrays(released), *_list_arrays(expected[node])})
+        if _get_bytes(released, name, key) != _get_bytes(expected[node], name, key)
     ]
     if answers.rejected or different:
         raise RunFailed(
@@ -285,3 +284,13 @@ def _refuse_differences(
             f"({describe_reasons([*answers.rejected, *different], names)}); take `executor.kind: in_process`, and "
             "report it"
         )
+
+
+def _list_arrays(released: Heads) -> list[tuple[str, str]]:
+    return [(name, key) for name, own in released.items() for key in own]
+
+
+def _get_bytes(released: Heads, name: str, key: str) -> bytes | None:
+    """Returns an array's bytes; None where it is not released."""
+    values = released.get(name, {}).get(key)
+    return None if values is None else values.tobytes()

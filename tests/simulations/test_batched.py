@@ -36,9 +36,11 @@ from common.privacy.noise import SeededEntropy
 from common.types import BadInput, RunFailed
 from common.yaml import load
 from server.rounds.loop import run_federation
+from server.rounds.messenger import Answers
 from simulations.check import check_simulation
 from simulations.config import SimulationConfig
 from simulations.evidence import collect_simulation_evidence
+from simulations.executors import encoded
 from simulations.executors.batched import BatchedSites
 from simulations.executors.gathered import build_for_executor
 from simulations.executors.in_process import InProcessGrid
@@ -359,3 +361,13 @@ def test_a_round_of_many_sites_encodes_messages_of_a_few(simulation_file: Path, 
     rounds = select_events(read_run_journal(tmp_path / "batched" / "run" / "journal.jsonl"), RoundEnded)
     assert {len(each.sites) for each in rounds} == {20}
     assert np.unique([update.bytes_up for each in rounds for update in each.sites.values()]).size <= 2
+
+
+@pytest.mark.parametrize("lacks", ["computed", "answered"])
+def test_an_answer_with_other_arrays_than_were_computed_is_different(lacks: str) -> None:
+    whole = {"digit": {"weight": np.zeros(3, np.float32), "bias": np.zeros(1, np.float32)}}
+    part = {"digit": {"weight": whole["digit"]["weight"]}}
+    computed, answered = (part, whole) if lacks == "computed" else (whole, part)
+    encoded._refuse_differences(1, Answers({}, [], {}), {7: whole}, {7: whole}, {7: "north"})
+    with pytest.raises(RunFailed, match="got another bias"):
+        encoded._refuse_differences(1, Answers({}, [], {}), {7: answered}, {7: computed}, {7: "north"})
