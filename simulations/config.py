@@ -98,7 +98,7 @@ class Executor(Frozen):
             on those of `ray_address`, and the result is the same to the bit.
         cpus_per_site: CPU cores that each Ray actor reserves.
         gpus_per_site: GPUs that each Ray actor reserves.
-        ray_address: address of a running Ray cluster, with `flower`; without it, Ray starts on this machine.
+        ray_address: address of a running Ray cluster, with `flower` or shards; without it, Ray starts on this machine.
     """
 
     kind: Literal["in_process", "batched", "flower"] = "in_process"
@@ -108,6 +108,18 @@ class Executor(Frozen):
     cpus_per_site: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_site: Annotated[float, Field(ge=0)] = 0.0
     ray_address: str | None = None
+
+    @model_validator(mode="after")
+    def _check_settings_of_kind(self) -> Executor:
+        ignored = {
+            "in_process": ("shards", "encoded_sites", "encoded_every", "cpus_per_site", "gpus_per_site", "ray_address"),
+            "batched": ("gpus_per_site",),
+            "flower": ("shards", "encoded_sites", "encoded_every"),
+        }[self.kind]
+        for name in ignored:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: expected none beside `kind: {self.kind}`, which does not use it")
+        return self
 
 
 Baseline = Annotated[

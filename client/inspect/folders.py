@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -234,6 +234,10 @@ def _inspect_npz(path: Path, task: str | None) -> Finding:
     if found is not None and all(value.isdigit() and int(value) < len(arrays[found]) for value in set(values)):
         source["names"] = {label: found}
         columns = (describe_column(label, [str(arrays[found][int(value)]) for value in values]),)
+    patients = {side: _find_patients(one, other, arrays) for side, (one, other) in parts.items()}
+    known = {side: name for side, name in patients.items() if name is not None and None not in patients.values()}
+    for side, name in known.items():
+        source["parts"][side]["patient"] = name
     array = arrays[main]
     if array.ndim == 2:
         modality, dim = "vector", array.shape[1]
@@ -252,9 +256,20 @@ def _inspect_npz(path: Path, task: str | None) -> Finding:
         columns=columns,
         source=source,
         label=label,
+        patient=next(iter(known.values()), None),
+        patients=len({str(value) for name in known.values() for value in arrays[name]}) if known else None,
         has_split=len(parts) == 2,
         dim=dim,
+        notes=tuple(f"Patients are told apart by the array {name!r}: a guess." for name in sorted({*known.values()})),
     )
+
+
+def _find_patients(inputs: str, labels: str, arrays: Mapping[str, Any]) -> str | None:
+    """Returns the array that tells patients of some inputs apart; None where none looks like it."""
+    count = len(arrays[inputs])
+    fitting = [name for name, array in arrays.items() if array.shape == (count,) and name not in (inputs, labels)]
+    columns = [describe_column(name, [str(value) for value in arrays[name]]) for name in fitting]
+    return guess_patient(columns, count)
 
 
 def _flatten(array: Any) -> Any:

@@ -255,6 +255,7 @@ def test_a_plan_that_every_site_would_decline_ends_with_1(command: Command) -> N
     ("override", "said"),
     [
         ("run.ronds=3", ("run.ronds: unknown key", "nearest: 'rounds'")),
+        ("executor.shards=2", ("executor: shards: expected none beside `kind: in_process`",)),
         ("run.rounds=many", ("run.rounds", "a whole number", "'many'")),
         ("run.privacy.unit=pateint", ("run.privacy.unit", "'patient'", "'pateint'")),
         ("run.privacy.unit=patient", ("run.privacy.unit", "sites' unit 'example'")),

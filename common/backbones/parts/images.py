@@ -55,7 +55,7 @@ def convert_to_grey(item: Any) -> NDArray[np.float32]:
 def _convert(item: Any, mode: str) -> Image.Image:
     image = _from_array(item) if isinstance(item, np.ndarray) else item
     if not isinstance(image, Image.Image):
-        raise BadRecord("expected a PIL image or an array")
+        raise BadRecord(f"expected a picture, as a PIL image or an array; got a {type(item).__name__.lower()}")
     if image.mode not in EIGHT_BIT_MODES:
         raise BadRecord("expected an image with 8 bits per value; convert it with a window of your choice first")
     if min(image.size) == 0:

@@ -391,6 +391,17 @@ def test_arrays_with_sides_and_names(tmp_path: Path) -> None:
     assert config.run.backbone_specs["backbone"].settings()["dim"] == 5
 
 
+def test_an_array_of_patients_makes_them_the_unit(tmp_path: Path) -> None:
+    """Otherwise a patient of several records would have less protection than one record has, without a word."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", x=rng.normal(size=(40, 5)), y=np.arange(40) % 2, pid=np.arange(40) // 4)
+    run(tmp_path / "a.npz", "--out", tmp_path / "a.yaml")
+    config = check(tmp_path / "a.yaml")
+    assert config.unit == "patient"
+    index = open_source(config.sources["records"], "records").open().index()
+    assert len({record.patient for record in index}) == 10
+
+
 def test_rows_of_numbers_without_names_are_series(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for side in ("TRAIN", "TEST"):
