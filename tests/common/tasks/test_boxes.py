@@ -202,7 +202,7 @@ def test_boxes_are_read_in_any_order_and_cut_off_at_the_picture() -> None:
         ({"sizes": {"Zell": [0.1, 0.1]}}, "sizes: expected each name to be another one of the task's labels"),
         ({"counts": {"cell": 1, "Cell": 2}}, "counts: expected each name"),
         ({"head": {"centre": True}}, "head: expected no `centre`"),
-        ({"sizes": {"cell": [1e-200, 0.1]}}, "sizes.cell.0: expected greater than or equal to 0.001"),
+        ({"sizes": {"cell": [1e-200, 0.1]}}, "sizes.cell.0: expected a number of at least 0.001"),
         ({"counts": {"cell": 1e-300}}, "counts.cell: expected"),
     ],
 )

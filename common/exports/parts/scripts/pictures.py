@@ -19,9 +19,7 @@ from PIL import Image, ImageOps
 FOLDER = Path(__file__).resolve().parent
 STATED = json.loads((FOLDER / "preprocessing.json").read_text(encoding="utf-8"))
 USAGE = "usage: python predict.py [--masks FOLDER] [--boxes FILE] PICTURE ..."
-
-
-BAG = next((step for step in STATED["before"] if step["step"] == "items"), None)
+BAG = next((step for step in STATED.get("before", []) if step["step"] == "items"), None)
 
 
 class UnfitPicture(Exception):
