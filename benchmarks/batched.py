@@ -118,7 +118,7 @@ def time_rounds(folder: Path, kind: str, num_sites: int, rounds: int = ROUNDS) -
 
 @dataclass(frozen=True)
 class RoundCost:
-    """What a round took, in seconds.
+    """The cost of one round, in seconds.
 
     Attributes:
         passed: seconds that passed.

@@ -111,7 +111,7 @@ def store(backbone: Backbone, items: torch.Tensor, folder: Path, precision: Any 
 
 
 def run_onnx(backbone: Backbone, items: torch.Tensor) -> Work:
-    """The same network exported once for onnxruntime, on one thread."""
+    """Exports the network once and returns its pass by onnxruntime on one thread."""
     import onnxruntime
 
     exported = io.BytesIO()

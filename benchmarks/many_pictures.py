@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +25,11 @@ from benchmarks.features import CPU, backbone_of
 from benchmarks.measure import compare, stated
 from client.data.encoding.partial import BLOCK_S
 from client.data.feature_store import FeatureStore, rows_of
-from client.data.sources import Source, SourceRecord, open_source
+from client.data.sources import open_source
+from tests.counted import Counted
 
 COUNT, SIDE = 100_000, 32
 _TOLD_EACH_S = 0.2
-
-
-@dataclass
-class Counted:
-    """A source that counts its reads.
-
-    Attributes:
-        source: the source.
-        loads: positions that were read.
-    """
-
-    source: Source
-    loads: list[int] = field(default_factory=list)
-
-    def digest(self) -> str:
-        """The source's."""
-        return self.source.digest()
-
-    def index(self) -> list[SourceRecord]:
-        """The source's."""
-        return self.source.index()
-
-    def load(self, position: int) -> Any:
-        """The source's."""
-        self.loads.append(position)
-        return self.source.load(position)
 
 
 def write_pictures(folder: Path, count: int) -> None:

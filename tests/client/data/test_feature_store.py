@@ -31,6 +31,7 @@ from common.inputs import Several
 from common.model.backbones import Backbone, open_pretrained
 from common.model.fast import WAY
 from common.types import BadInput, BadRecord
+from tests.counted import Counted
 from tests.small_disk import run_on_small_disk
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -330,7 +331,7 @@ def test_no_record_decides_how_others_are_encoded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unusable", [1, BATCH_SIZE])
 def test_records_that_cannot_be_used_decide_nothing_either(tmp_path: Path, unusable: int) -> None:
-    """Where all of the first batch were unusable, others were once encoded one by one, beginning with a real one."""
+    """With none left in the first batch, no later record may stand in for the made-up inputs of the check."""
     backbone = Failing()
     encoded(tmp_path, FailingVectors([*[Hostile("load", OSError)] * unusable, VECTORS[0] * 1e30, *VECTORS]), backbone)
     plain = Failing()
@@ -374,24 +375,6 @@ FeatureStore(Path(sys.argv[2])).open_or_encode(
     source, backbone, device=torch.device("cpu"), progress=wait_in_the_middle
 )
 """
-
-
-@dataclass(frozen=True)
-class Counted:
-    """A source that counts how often it is read."""
-
-    source: Source
-    loads: list[int] = field(default_factory=list)
-
-    def digest(self) -> str:
-        return self.source.digest()
-
-    def index(self) -> list[SourceRecord]:
-        return self.source.index()
-
-    def load(self, position: int) -> Any:
-        self.loads.append(position)
-        return self.source.load(position)
 
 
 def kill_while_encoding(path: Path, store: Path) -> int:
