@@ -232,8 +232,8 @@ def _resample(channel: _Channel, rate_hz: float, gaps: Gaps) -> NDArray[np.float
         raise BadRecord("expected a waveform without gaps, to bring it to another rate; write `gaps: interpolate`")
     if not 0 < ratio <= MAX_RATIO or len(values_T) * ratio > MAX_SAMPLES:
         raise BadRecord(
-            f"expected at most {MAX_SAMPLES >> 20} million samples at {rate_hz:g} Hz, and from one of a thousand "
-            f"samples to {MAX_RATIO} of one"
+            f"expected a rate from {rate_hz / MAX_RATIO:g} to {1000 * rate_hz:g} Hz, and at most {MAX_SAMPLES >> 20} "
+            f"million samples at {rate_hz:g} Hz"
         )
     brought_T: NDArray[np.float32] = resample_poly(values_T, ratio.numerator, ratio.denominator, padtype="line")
     return brought_T

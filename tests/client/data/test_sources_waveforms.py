@@ -136,7 +136,7 @@ def test_a_channel_that_is_there_twice_is_not_guessed(tmp_path: Path) -> None:
             "a 2 500 1000\na.dat 16 1000/mV 16 0 0 0 0 I\na.dat 16x999999 1000/mV 16 0 0 0 0 aVR\n",
             "at most 128 million samples",
         ),
-        ("a 2 .0001 2\na.dat 16 1000/mV 16 0 0 0 0 I\na.dat 16 1000/mV 16 0 0 0 0 aVR\n", "to 100 of one"),
+        ("a 2 .0001 2\na.dat 16 1000/mV 16 0 0 0 0 I\na.dat 16 1000/mV 16 0 0 0 0 aVR\n", "a rate from 5 to 500000 Hz"),
         ("a/2 3 500 1000\nb 500\nc 500\n", "one segment"),
         ("Ann Example", "unreadable waveform"),
         ("", "unreadable waveform"),
